@@ -94,6 +94,8 @@ def read_inputs(
     workload's bytes where they have no file. `settings`: what an env file and `--set` go on top of, in place of the
     defaults or of a scenario file's; `habits`: a provider in place of `--provider`, or some of its keys on top.
     """
+    if o.pools:
+        raise BadSetting("--pools is for simulate and plan: name one quota's limits with --tpm and --rpm", "--pools")
     stated: Scenario | None = None
     told: tuple[str, ...] = ()
     plan_options = PlanOptions()

@@ -112,6 +112,12 @@ class Options:
     pool: Annotated[
         str, typer.Option(metavar="NAME", help="The pool of a journal that has several, each with its own quota.")
     ] = ""
+    pools: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.yaml", help="Of `simulate` and `plan`: several quotas, as `paceline run` takes them."
+        ),
+    ] = ""
     outputs_from: Annotated[
         str | None,
         typer.Option(

@@ -64,6 +64,13 @@ def simulate(
     from sim.reporting import exports
     from sim.reporting import terminal as shown
 
+    if given.pools:
+        from sim.app.pools import simulated_pools
+
+        if attempts or timeline or chrome_trace:
+            raise BadSetting("--attempts, --timeline and --chrome-trace are for one quota, without --pools", "--pools")
+        show_result(given, *simulated_pools(given, width()))
+        return
     check_file(attempts, "--attempts", (".csv", ".parquet"))
     check_file(timeline, "--timeline", (".png",))
     check_file(chrome_trace, "--chrome-trace", (".json",))
@@ -131,16 +138,25 @@ def plan(
     from sim.reporting import terminal as shown
     from sim.selection.planner import requests_foreseen
 
+    asked = {
+        "objective": objective,
+        "max_throttled_per_100": max_throttled_per_100,
+        "max_lost": max_lost,
+        "finish_by_s": finish_by,
+        "effort": effort,
+        "prices": None if prices is None else os.path.abspath(prices),
+    }
+    if given.pools:
+        from sim.app.inputs import PlanOptions
+        from sim.app.pools import planned_pools
+
+        with prepared_folder(out) as folder, Progress("planning", 1) as bar:
+            result = planned_pools(given, PlanOptions().with_given(**asked), folder, bar, width())
+        show_result(given, *result)
+        return
     inputs = inputs_of(given)
     scenario = inputs.scenario
-    plan_options = inputs.plan_options.with_given(
-        objective=objective,
-        max_throttled_per_100=max_throttled_per_100,
-        max_lost=max_lost,
-        finish_by_s=finish_by,
-        effort=effort,
-        prices=None if prices is None else os.path.abspath(prices),
-    )
+    plan_options = inputs.plan_options.with_given(**asked)
     foreseen = requests_foreseen(scenario, plan_options.effort)
     with prepared_folder(out) as folder, Progress("planning", foreseen / len(scenario.workload)) as bar:
         pool = pool_of(given, bar, foreseen)

@@ -29,6 +29,14 @@ def test_three_unequal_pools_are_as_fast_as_one_with_the_sum_of_their_limits() -
     assert shares == sorted(shares)
 
 
+def test_a_reserved_pool_in_front_is_used_alone_while_it_suffices_and_the_rest_spills_over() -> None:
+    few = measured(drawn(SEED, 12, (1_000, 5_000)), limits=(90_000, 90_000))
+    assert (few.lost, few.by_pool) == (0, {"p0": 12})
+    more = measured(drawn(SEED, 90, (1_000, 5_000)), limits=(90_000, 90_000))
+    assert more.lost == 0
+    assert min(more.by_pool["p0"], more.by_pool["p1"]) > 30
+
+
 @pytest.mark.parametrize("kind", sorted(DEATHS))
 def test_a_pool_that_dies_costs_no_request_and_at_most_one_attempt_each(kind: str) -> None:
     event: dict[str, Any] = DEATHS[kind]

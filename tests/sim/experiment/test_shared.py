@@ -8,8 +8,8 @@ from math import inf
 import pytest
 
 from governor.model.policy import Policy
-from sim.app.shared_quota import Arrangement, SharedRun, shared_run
 from sim.experiment.experiment import case_of, simulated
+from sim.experiment.shared_quota import Arrangement, SharedRun, shared_run
 from tests.scenarios import batch, drawn, scenario_of, shown
 
 RTT_S = 0.001
