@@ -124,3 +124,25 @@ def test_the_limit_that_a_run_found_is_told_and_kept(tmp_path: Path) -> None:
         rest = cli.run(*args, "--json", env=env)
         assert rest.code == 0, rest.err
         assert json.loads(rest.out)["throttled"] - refused <= 4, "the search does not begin anew"
+
+
+def test_the_limits_of_a_profile_go_from_the_plan_into_the_run(tmp_path: Path) -> None:
+    """What the provider was planned with is in the env file, in the user's own after `apply`, and paces the run."""
+    cli = shared_cli()
+    requests = batch(tmp_path / "requests.jsonl", 8, model="claude-sonnet-4")
+    config = {"profile": "anthropic", "tpm": 0, "rpm": 50, "limits": {"ITPM": 30_000.0, "OTPM": 8_000.0}}
+    (tmp_path / "provider.yaml").write_text(json.dumps(config))
+    planning = ("plan", requests, "--provider", "provider.yaml", "--effort", "quick", "--workers", "1", "--out", "out")
+    planned = cli.run(*planning, cwd=tmp_path)
+    assert planned.code == 0, planned.err
+    assert "as given: 50 RPM, 30,000 ITPM, 8,000 OTPM" in planned.out
+    (tmp_path / "my.env").write_text("PACELINE_LIMITS=ITPM=10000,OTPM=2000\n")
+    applied = cli.run("apply", "out/recommended.env", "my.env", "--force", cwd=tmp_path)
+    assert "PACELINE_LIMITS: ITPM=10000,OTPM=2000 -> ITPM=30000,OTPM=8000" in applied.out, applied.err
+    with provider(**config) as served:
+        args = run_args(tmp_path, served.base_url, "--env-file", "my.env", "--metrics-textfile", "run.prom", "--yes")
+        ran = cli.run(*args, cwd=tmp_path)
+        assert ran.code == 0, ran.err
+    shown = (tmp_path / "run.prom").read_text()
+    assert 'paceline_requests_total{pool="default",result="ok"} 8.0' in shown
+    assert 'paceline_limit_used{dimension="OTPM",pool="default"}' in shown

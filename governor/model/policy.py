@@ -306,6 +306,8 @@ def _knobs() -> tuple[Knob, ...]:
     return tuple(rows)
 
 
+# States further limits of the profile: ITPM=30000,OTPM=8000, or tier=NAME.
+LIMITS = "PACELINE_LIMITS"
 KNOBS = _knobs()
 KNOB_BY_ENV = {knob.env: knob for knob in KNOBS}
 KNOB_BY_NAME = {knob.name: knob for knob in KNOBS}
@@ -358,8 +360,8 @@ def _bad_setting(error: ValidationError) -> BadSetting:
 
 
 def near_miss(env: str) -> str | None:
-    """Return the knob's name that `env` was probably meant to be; None for a name that is ours or foreign."""
-    return nearest(env, KNOB_BY_ENV)
+    """Return the name of ours that `env` was probably meant to be; None for a name that is ours or foreign."""
+    return nearest(env, (*KNOB_BY_ENV, LIMITS))
 
 
 def _suggestion(env: str) -> str:

@@ -44,7 +44,7 @@ from governor.model.estimate import kind_of
 from governor.model.files import only_keys, read_yaml
 from governor.model.knobs import shown
 from governor.model.phrases import whole_number
-from governor.model.policy import KNOB_BY_ENV, Policy
+from governor.model.policy import KNOB_BY_ENV, LIMITS, Policy
 from governor.model.work import Sender
 
 DEFAULT = "default"
@@ -69,8 +69,6 @@ _AZURE_KEYS = ("endpoint", "deployment", "api_version")
 
 # Names the profile of the provider: one that is shipped, or a file.
 PROFILE = "PACELINE_PROFILE"
-# States further limits of the profile: ITPM=30000,OTPM=8000, or tier=NAME.
-LIMITS = "PACELINE_LIMITS"
 # Names the Redis server through which processes share their quotas.
 REDIS_URL = "PACELINE_REDIS_URL"
 

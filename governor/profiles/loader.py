@@ -16,7 +16,8 @@ from typing import Any
 
 from governor.model.errors import BadInput, BadSetting, quoted
 from governor.model.files import read_yaml
-from governor.model.pools import DEFAULT, KEY, LIMITS, PROFILE, Pool, is_loopback, is_name
+from governor.model.policy import LIMITS
+from governor.model.pools import DEFAULT, KEY, PROFILE, Pool, is_loopback, is_name
 from governor.model.prices import Price, Prices, read_prices
 from governor.profiles.documents import checked
 from governor.profiles.quotas import over_profile

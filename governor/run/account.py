@@ -24,8 +24,8 @@ from governor.journal.rows import ResultRow
 from governor.law import BY_TPM, STAGGER
 from governor.model.errors import FailureCode
 from governor.model.needs import STANDARD
-from governor.model.policy import Policy
-from governor.model.pools import LIMITS, Pool, groups_of
+from governor.model.policy import LIMITS, Policy
+from governor.model.pools import Pool, groups_of
 from governor.model.prices import Prices, Spending
 from governor.model.requests import Attempt, Ended, error_line, result_line
 from governor.model.words import duration

@@ -29,7 +29,7 @@ from dotenv.parser import Binding, parse_stream
 from governor.model.env_files import MADE_FROM, SCENARIO, policy_of, read_env_file, settings_digest
 from governor.model.errors import BadInput
 from governor.model.files import why
-from governor.model.policy import KNOBS
+from governor.model.policy import KNOBS, LIMITS
 from governor.model.pools import PROFILE, is_name
 from governor.run.outputs import check_apart
 
@@ -78,7 +78,7 @@ def apply(source: Path, target: Path, *, write: bool = True, insist: bool = Fals
     stated = read_env_file(target)
     raw = _bytes_of(target)
     current = {knob.env: knob.text(getattr(policy_of(target), knob.name)) for knob in KNOBS}
-    for name in (SCENARIO, PROFILE):
+    for name in (SCENARIO, PROFILE, LIMITS):
         if name in stated:
             current[name] = (stated[name].value or "").strip()
     changed = {name: value for name, value in wanted.items() if current.get(name, "") != value}
@@ -108,9 +108,9 @@ def _wanted(source: Path, target: Path) -> dict[str, str]:
     stated = read_env_file(source)
     policy = policy_of(source)
     wanted = {knob.env: knob.text(getattr(policy, knob.name)) for knob in KNOBS if knob.name in policy.model_fields_set}
-    for name in (SCENARIO, PROFILE):
+    for name in (SCENARIO, PROFILE, LIMITS):
         named = (stated[name].value or "").strip() if name in stated else ""
-        if named and name == PROFILE and is_name(named):
+        if named and (name == LIMITS or (name == PROFILE and is_name(named))):
             wanted[name] = named
         elif named:
             folder = os.path.realpath(target.parent)

@@ -27,7 +27,8 @@ from governor.model.env_files import SCENARIO as NAMED
 from governor.model.errors import BadInput, PacelineError
 from governor.model.files import check_writable, write_atomically
 from governor.model.knobs import Knob
-from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, Policy
+from governor.model.phrases import whole_if
+from governor.model.policy import GUARDRAIL_KNOBS, KNOBS, LIMITS, Policy
 from governor.model.pools import PROFILE
 from governor.model.prices import Prices
 from governor.profiles.loader import OPENAI, prices_in_force, read_profile
@@ -35,6 +36,7 @@ from sim.app.inputs import PlanOptions, scenario_text
 from sim.experiment.experiment import Pool
 from sim.experiment.parallel import WorkersLost
 from sim.experiment.results import Plan
+from sim.model.provider_config import ProviderConfig
 from sim.reporting.capacity_text import ways_text
 from sim.reporting.terminal import headline, plain, plan_notes
 from sim.scenario.readers import save_rows
@@ -139,15 +141,16 @@ def page(scenario: Scenario, plan: Plan, folder: Path, front: Front | None = Non
     )
 
 
-def settings_files(plan: Plan, settings_read: str = "", profile: str = "") -> dict[str, str]:
+def settings_files(plan: Plan, settings_read: str = "", provider: ProviderConfig | None = None) -> dict[str, str]:
     """Return the env files: both recommendations, with today's values as comments, and the way back.
 
     `settings_read`: the digest of the settings that the plan read. With it the files belong into the plan's folder:
-    they name the scenario beside them, the provider's `profile`, and what they were made from (see
-    `governor.run.apply`).
+    they name the scenario beside them, the profile and the further limits of the `provider`, and what they were made
+    from (see `governor.run.apply`).
     """
     now, full, guardrails = plan.now.policy, plan.full.policy, plan.guardrails.policy
     made_from = [settings_read] if settings_read else []
+    named = {} if provider is None else _account(provider)
     recommended = [settings_digest(policy) for policy in (full, guardrails)] if settings_read else []
     titles = {
         RECOMMENDED: "Recommended settings, using everything that Paceline can do.",
@@ -155,13 +158,22 @@ def settings_files(plan: Plan, settings_read: str = "", profile: str = "") -> di
         ROLLBACK: "The settings from before the plan, to go back to.",
     }
     return {
-        RECOMMENDED: _env(titles[RECOMMENDED], full, now, made_from, profile),
-        GUARDRAILS: _env(titles[GUARDRAILS], guardrails, now, made_from, profile),
-        ROLLBACK: _env(titles[ROLLBACK], now, full, recommended, profile),
+        RECOMMENDED: _env(titles[RECOMMENDED], full, now, made_from, named),
+        GUARDRAILS: _env(titles[GUARDRAILS], guardrails, now, made_from, named),
+        ROLLBACK: _env(titles[ROLLBACK], now, full, recommended, named),
     }
 
 
-def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = (), profile: str = "") -> str:
+def _account(provider: ProviderConfig) -> dict[str, str]:
+    """Return the variables that state what a run has to know of the account besides its settings."""
+    limits = ",".join(f"{name}={whole_if(limit)}" for name, limit in provider.limits)
+    return {
+        **({} if provider.profile == OPENAI else {PROFILE: provider.profile}),
+        **({LIMITS: limits} if limits else {}),
+    }
+
+
+def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str], named: Mapping[str, str]) -> str:
     # Which names the user's own file held must not matter, or the plan made again would read otherwise.
     # The eight guardrail knobs always stand there, the others where they say something.
     told = {k.name: getattr(policy, k.name) for k in KNOBS if k in GUARDRAIL_KNOBS or _says_something(k, policy, old)}
@@ -171,7 +183,7 @@ def _env(title: str, policy: Policy, old: Policy, made_from: Sequence[str] = (),
         head += (
             f"# what the plan assumed of the provider, for every forecast under these settings\n{NAMED}={SCENARIO}\n"
         )
-        head += f"{PROFILE}={profile}\n" if profile else ""
+        head += "".join(f"{name}={value}\n" for name, value in named.items())
     return f"{head}\n{Policy.model_validate(told).to_env(old)}"
 
 
@@ -205,10 +217,9 @@ def write_plan(
 ) -> PlanFiles:
     """Write all files of a plan, or none. `report`: the page's text."""
     command = rerun_command(folder)
-    profile = "" if scenario.provider.profile == OPENAI else scenario.provider.profile
     texts = {
         REPORT: report,
-        **settings_files(plan, plan_options.settings_read or settings_digest(plan.now.policy), profile),
+        **settings_files(plan, plan_options.settings_read or settings_digest(plan.now.policy), scenario.provider),
     }
     if _keeps_rollback(folder, plan.now.policy):
         del texts[ROLLBACK]

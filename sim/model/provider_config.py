@@ -37,7 +37,7 @@ from sim.model.provider import (
     SAYS_CONSTANT,
     ProviderParams,
 )
-from sim.model.provider_quota import SAYS, account_quota, list_of, named_limits, over_quota, stated_wait
+from sim.model.provider_quota import SAYS, account_quota, granted_text, list_of, named_limits, over_quota, stated_wait
 from sim.model.provider_tiers import (
     CHECKED_ON,
     DEFAULT_LATENCY,
@@ -400,9 +400,7 @@ class ProviderConfig(Config):
 
     def provenance(self) -> Provenance:
         """Return input -> (measured or assumed, source or method), for the report."""
-        tpm, rpm = (f"{limit:,}" if limit else "no limit on" for limit in (self.tpm, self.rpm))
-        limits = f"as given: {tpm} tokens and {rpm} requests per minute"
-        found: Provenance = {"limits": (ASSUMED, limits)}
+        found: Provenance = {"limits": (ASSUMED, f"as given: {granted_text(self.tpm, self.rpm, self.limits)}")}
         if self.preset and self._grants(tier_preset(self.preset, self.profile)):
             found["limits"] = (MEASURED, tier_source(self.preset, self.profile))
         if self.charge_rule == "auto":

@@ -10,6 +10,7 @@ from typing import Any
 from governor import law
 from governor.model.errors import BadSetting, quoted
 from governor.model.needs import Limited, amounts, weights_of
+from governor.model.phrases import amount_text
 from governor.model.prices import Price
 from governor.profiles.loader import GENERIC, OPENAI, read_profile
 from governor.profiles.quotas import quota_of
@@ -49,6 +50,15 @@ def named_limits(value: Any) -> tuple[tuple[str, float], ...]:
             raise ValueError(f"{quoted(name)}: {quoted(limit)} must be the limit of a dimension, a number above 0")
         found.append((name, float(limit)))
     return tuple(found)
+
+
+def granted_text(tpm: int, rpm: int, limits: tuple[tuple[str, float], ...]) -> str:
+    """Return the limits of an account for people; 0 = no limit per minute."""
+    if not limits:
+        tokens, requests = (f"{limit:,}" if limit else "no limit on" for limit in (tpm, rpm))
+        return f"{tokens} tokens and {requests} requests per minute"
+    minute = [(name, float(limit)) for name, limit in (("TPM", tpm), ("RPM", rpm)) if limit]
+    return ", ".join(f"{amount_text(limit)} {name}" for name, limit in (*minute, *limits))
 
 
 def account_quota(
