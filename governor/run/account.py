@@ -156,7 +156,8 @@ def summaries_of(
 def tally_of(journal: Journal, pool: str) -> Tally:
     """Return the counts of one pool over all legs, from the journal alone."""
     time = worked(journal)
-    attempts = journal.attempts(pool)
+    # Every request counts as submitted at the beginning, and not when it came from another pool of its group.
+    attempts = (a._replace(submitted_s=0.0) if a.lane == "main" else a for a in journal.attempts(pool))
     ends: Iterable[Ended] = journal.ends(pool)
     if len(time.stretches) > 1:
         attempts = (_moved(attempt, time) for attempt in attempts)
@@ -167,10 +168,9 @@ def tally_of(journal: Journal, pool: str) -> Tally:
 
 
 def _moved(attempt: Attempt, time: WorkingTime) -> Attempt:
-    """Return the attempt on the run's own clock. Every request of a batch counts as submitted at the beginning."""
-    first = attempt.attempt == 1 and attempt.lane == "main"
+    """Return the attempt on the run's own clock."""
     return attempt._replace(
-        submitted_s=0.0 if first else time.own(attempt.submitted_s),
+        submitted_s=time.own(attempt.submitted_s),
         eligible_s=time.own(attempt.eligible_s),
         launched_s=time.own(attempt.launched_s),
         finished_s=time.own(attempt.finished_s),

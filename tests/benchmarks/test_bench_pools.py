@@ -13,6 +13,7 @@ from benchmarks.bench_pools import DEATHS, measured, run_in
 from benchmarks.live_batch import drawn, write_lines
 from governor.journal.journal import Journal
 from governor.model.requests import Outcome
+from governor.run.account import tally_of
 from sim.model.faults import Event
 
 SEED = 20_261_201
@@ -57,7 +58,8 @@ def test_killed_and_resumed_nothing_is_lost_and_the_records_name_the_pool_of_eac
         counts = journal.counts()
         before = {a.request for a in journal.attempts()}
     assert 0 < counts.done < 90
-    found = run_in(tmp_path, batch)
+    refusals = Event(kind="throttled", times=3, retry_after_s=300.0)
+    found = run_in(tmp_path, batch, [refusals])
     assert (found.lost, found.answered) == (0, 90)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["custom_id"] for line in lines] == [f"q-{i}" for i in range(90)]
@@ -68,6 +70,10 @@ def test_killed_and_resumed_nothing_is_lost_and_the_records_name_the_pool_of_eac
         pools = {a.request: a.pool for a in answered}
         assert {r.request.index: r.request.pool for r in journal.results()} == pools
         assert sum(journal.counts(name).done for name in ("p0", "p1", "p2")) == 90
+        # What moved to another pool in mid-run has been there from the beginning, as far as the bound goes.
+        moved = [a for a in journal.attempts() if a.attempt > 1 and a.outcome is Outcome.OK]
+        assert moved
+        assert max(tally_of(journal, name).work.latest_s for name in ("p0", "p1", "p2")) < 10.0
 
 
 def test_while_one_pool_waits_as_a_429_says_its_requests_go_elsewhere() -> None:
