@@ -22,10 +22,11 @@ from typing import Any
 
 import pytest
 
+from governor.journal.journal import Journal
 from governor.model.errors import BadSetting
 from governor.model.policy import Policy
 from governor.model.pools import REDIS_URL, checked_redis_url
-from governor.model.requests import Answer
+from governor.model.requests import Answer, Outcome
 from governor.model.work import Job
 from governor.run.scaledloop import ScaledLoop
 from governor.scheduler.driver import Governor
@@ -33,6 +34,7 @@ from governor.sharedquota import redis_store as store
 from governor.sharedquota.redis_store import in_redis
 from governor.sharedquota.shared import SharedGovernor
 from governor.sharedquota.sharing import governor_from_env
+from sim.serving.server import ProviderProcess
 from tests.governor.desks import OK, Log, works
 from tests.live import WAIT_S, Cli, batch, check_whole, run_args, shared_cli
 from tests.servers import TLS, Dropper, RedisServer, TlsRelay, free_port, redis_server
@@ -88,6 +90,52 @@ def test_a_process_killed_in_the_middle_loses_nothing(cli: Cli, tmp_path: Path, 
         resent = served.stats()["outcomes"]["ok"] - 3 * 24
     assert resent <= 24
     assert REDIS_URL not in "".join(ran.err for ran in found)
+
+
+class GroupedRuns(Runs):
+    """Runs over two pools of one group. `served` is the first one's provider, `others` the second one's."""
+
+    others: ProviderProcess
+
+    def start(self, i: int) -> Any:
+        pools = [
+            f"  - {{name: p{k}, group: all, models: ['*'], base_url: '{each.base_url}'}}"
+            for k, each in enumerate((self.served, self.others))
+        ]
+        (self.folders[i] / "pools.yaml").write_text("\n".join(["pools:", *pools]))
+        args: list[object] = ["run", self.folders[i] / "requests.jsonl", "--out", self.folders[i] / "results.jsonl"]
+        args += ["--pools", self.folders[i] / "pools.yaml", "--json", "--yes", "--time-scale", self.scale, "--record"]
+        return self.cli.start(*args, env=ENV | {REDIS_URL: self.url})
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_pools_of_a_group_are_shared_by_two_processes(
+    cli: Cli, tmp_path: Path, redis: RedisServer, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    """Neither quota is used above its limit; a provider that ends in mid-run leaves its requests to the other."""
+    with provider() as first, provider() as second:
+        monkeypatch.setattr(GroupedRuns, "others", second, raising=False)
+        runs = GroupedRuns(cli, tmp_path, first, redis.url, 2, 45)
+        runs.until_seen(12)
+        if dies:
+            second.stop()
+        runs.done()
+        never_above_the_limit(first)
+        answers: Counter[str] = Counter()
+        for folder in runs.folders:
+            with Journal.open(folder / "results.journal.db") as journal:
+                attempts = list(journal.attempts())
+            answers.update(a.pool for a in attempts if a.outcome is Outcome.OK)
+            # (A busy machine may send later than was booked, which a 429 can follow.)
+            failed = Counter(a.request for a in attempts if a.outcome not in (Outcome.OK, Outcome.THROTTLED))
+            assert max(failed.values(), default=0) <= 1
+        assert answers.total() == 90
+        if dies:
+            # One quota holds about 30 of them at first: the other has the rest.
+            assert answers["p0"] > answers["p1"]
+        else:
+            assert min(answers.values()) > 20
+            never_above_the_limit(second)
 
 
 def test_redis_killed_and_restarted_without_its_memory_loses_nothing(cli: Cli, tmp_path: Path) -> None:
