@@ -138,8 +138,10 @@ def main() -> None:
     count, fresh = (25, 400) if given.short else (500, 2_000)
     for part in given.part or PARTS:
         if part == "capacity":
-            right, answers = shares(count, fresh)
-            what = f"capacity, {answers} answers to {count} questions, each against {fresh:,} runs of its own"
+            # A quarter of the questions have no answer.
+            questions = 7 * count // 5
+            right, answers = shares(questions, fresh)
+            what = f"capacity, {answers} answers to {questions} questions, each against {fresh:,} runs of its own"
             lines = lines_of(right, dict.fromkeys(right, answers))
         else:
             with tempfile.TemporaryDirectory() as folder:

@@ -100,15 +100,15 @@ def estimate(values: Sequence[float] | NDArray[Any]) -> Estimate:
         from scipy.special import stdtrit
 
         half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2.0) * x.std(ddof=1) / math.sqrt(n))
-    p5, p50, p95 = (_next_below(x, q) for q in (0.05, 0.5, 0.95))
+    p5, p50, p95 = _next_below(x, (0.05, 0.5, 0.95))
     return Estimate(mean, mean - half, mean + half, p5, p50, p95, n)
 
 
-def _next_below(x: NDArray[np.float64], ratio: float) -> float:
+def _next_below(x: NDArray[np.float64], ratios: Sequence[float]) -> list[float]:
     # "weibull" interpolates, which is undefined between two infinities.
     with np.errstate(invalid="ignore"):
-        found = float(np.quantile(x, ratio, method="weibull"))
-    return math.inf if math.isnan(found) else found
+        found: list[float] = np.quantile(x, ratios, method="weibull").tolist()
+    return [math.inf if math.isnan(each) else each for each in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def percentile(values: Sequence[float] | NDArray[Any], ratio: float) -> Percenti
             break
     low, high = found or (0, n + 1)
     edges = np.concatenate([[-math.inf], x, [math.inf]])
-    return Percentile(ratio, _next_below(x, ratio), float(edges[low]), float(edges[high]), n)
+    return Percentile(ratio, _next_below(x, (ratio,))[0], float(edges[low]), float(edges[high]), n)
 
 
 def at_most(seen: int, trials: int) -> float:
