@@ -224,8 +224,8 @@ def test_runs_made_by_one_call_equal_runs_made_alone(seed: int, monkeypatch: Any
     cases, seeds = [case_of(drawn(seed + n)) for n in range(30)], range(seed, seed + 6)
     alone = [[repr(compiled.simulated(case, each)) for each in seeds] for case in cases]
     at_once = set()
-    for slots in (compiled.SLOTS, 6):
-        monkeypatch.setattr(compiled, "SLOTS", slots)
+    for name, size in (("SLOTS", compiled.SLOTS), ("SLOTS", 6), ("CHUNK", 3)):
+        monkeypatch.setattr(compiled, name, size)
         monkeypatch.setattr(compiled, "_idle", [])
         assert [[repr(tally) for tally in compiled.simulations(case, seeds)] for case in cases] == alone
         at_once |= {len(compiled.Runner().simulate_several(compiled.Batch(case), seeds)) for case in cases}
