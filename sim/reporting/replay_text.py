@@ -12,9 +12,9 @@ from sim.base.words import between, duration, number, percent
 from sim.validation.counterfactual import SAME_S, Counterfactual, PairedFigure
 
 CARRIED = (
-    "the requests and their order; the length of each answer; what each attempt met that was let in (an answer, an "
-    "error, a time-out) and how long it took; its way to the provider; what others used, by the counts in the headers; "
-    "how late each launch was; when launching was paused"
+    "the requests, their order and their pools; the length of each answer; what each attempt met that was let in (an "
+    "answer, an error, a time-out) and how long it took; its way to the provider; what others used, by the counts in "
+    "the headers; how late each launch was; when launching was paused"
 )
 
 
