@@ -140,8 +140,10 @@ class WaveDriver:
                 purse.committed(row.wave, sum(purse.cost_usd(pending.work.request) for pending in held))
         for model, url, retry_at_s, requests, tokens in self._journal.lanes(self.pool.name):
             self.waves.offered(WaveLane(model, url), requests, float(tokens), retry_at_s)
-        self.ended_rows = [row for row in self._journal.waves(self.pool.name) if row.ended_s >= 0.0]
-        for row in self.ended_rows:
+        ended = [row for row in self._journal.waves(self.pool.name) if row.ended_s >= 0.0]
+        # Those that are yet to be collected come when they are closed.
+        self.ended_rows = [row for row in ended if row.wave not in self.rows]
+        for row in ended:
             if row.completed == row.requests and row.real_tokens > 0 and row.tokens > 0.0:
                 self.waves.ledger(row.model).measured(row.tokens, row.real_tokens)
 

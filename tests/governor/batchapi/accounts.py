@@ -225,6 +225,8 @@ def live(
         beside = asyncio.create_task(meanwhile(driver)) if meanwhile is not None else None
         try:
             why = await driver.run()
+            numbers_ended = [row.wave for row in driver.ended_rows]
+            assert len(numbers_ended) == len(set(numbers_ended)), "a wave ends once"
         finally:
             if beside is not None:
                 beside.cancel()
