@@ -52,7 +52,7 @@ SLOTS = 512
 ROWS_KEPT = 256
 # Of cases up to this size the last few are kept prepared, rows and all (100 bytes a request), for their next runs:
 # preparing takes as long as a third of a run.
-LARGE = 200_000
+KEPT_REQUESTS = 200_000
 CODES = (*SPENT, FailureCode.DEADLINE_EXCEEDED, FailureCode.OUTWAITED)
 
 PARAMS = dtype_of(Policy().params())
@@ -194,7 +194,7 @@ class Batch:
 
     def chunk(self, start: int) -> NDArray[Any]:
         """Return these rows, as far as memory allows made once."""
-        if self.requests > LARGE:
+        if self.requests > KEPT_REQUESTS:
             return self.rows(start)
         if start not in self._chunks:
             self._chunks[start] = self.rows(start)
@@ -418,7 +418,7 @@ def simulated(case: Case, seed: int, on_attempt: AttemptSink | None = None) -> T
 
 def simulations(case: Case, seeds: Iterable[int]) -> Iterator[Tally]:
     """Yield runs of the case under these seeds, one after the other."""
-    is_kept = CHUNK < len(case.columns) <= LARGE
+    is_kept = CHUNK < len(case.columns) <= KEPT_REQUESTS
     batch: Batch = _batches.get((case,), lambda: Batch(case)) if is_kept else Batch(case)
     left = list(seeds)
     at_once = BUFFER // _room(batch)
