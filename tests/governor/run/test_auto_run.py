@@ -276,8 +276,10 @@ def killed_runs(folder: Path, rng: random.Random, kills: int) -> Seen:
 
 
 def test_kills_at_random_points_with_moves_lose_nothing_and_double_nothing(tmp_path: Path, seed: int) -> None:
-    seen = killed_runs(tmp_path, random.Random(seed), 15)
-    assert seen.cancelled
+    rng = random.Random(seed)
+    # Most runs have moves, but not all.
+    found = (killed_runs(tmp_path, rng, 15) for _ in range(10))
+    assert any(seen.cancelled for seen in found)
 
 
 def test_an_answer_of_a_batch_that_is_gone_costs_its_worst() -> None:
