@@ -864,14 +864,6 @@ def admit_at(p: Params, s: State, need: list[float], standing: int, now: float) 
     return admission(p, s, need, standing, now)[0]
 
 
-def blocked_by(p: Params, s: State, need: list[float], standing: int, now: float) -> int:
-    """Return the setting that delays this need longest, NOTHING if it may launch now.
-
-    Each setting's time is absolute, so the answer stays the same until the state changes or the request launches.
-    """
-    return admission(p, s, need, standing, now)[1]
-
-
 def stagger_gap_s(p: Params, u: float) -> float:
     """Return the time from a launch to the next slot: the stagger +-`jitter_ratio` of it, at most `jitter_cap_s`."""
     return p.stagger_s + min(p.stagger_s * p.jitter_ratio, p.jitter_cap_s) * (2.0 * u - 1.0)

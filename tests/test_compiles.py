@@ -228,7 +228,6 @@ def law_calls(r: random.Random, both: Both) -> None:
         elif kind == 12 and r.random() < 0.2:
             both("resumed" if s.bag.paused else "paused", p, s)
         elif kind == 13:
-            both("blocked_by", p, s, need, standing, now)
             both("admission", p, s, need, standing, now)
             d = r.randrange(law.DIMENSIONS)
             both("used_in", p, s, d, now)

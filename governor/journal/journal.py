@@ -41,7 +41,6 @@ from governor.journal.schema import (
     APPLICATION_ID,
     FAILED,
     IN_FLIGHT,
-    INGEST_ROWS,
     PENDING,
     SCHEMA,
     TIMES,
@@ -57,20 +56,18 @@ from governor.journal.schema import (
     metadata,
     policies,
     pools,
-    request_of,
     requests,
     results,
     run,
     settings_of,
     to_json,
     wave_requests,
-    work_row,
 )
 from governor.journal.upgrade import bring_up_to_date, check_recognised
 from governor.journal.waves import WaveRecorder
 from governor.law import DAY_S, State
 from governor.model.policy import Policy
-from governor.model.requests import CAUSES, LANES, Outcome, Request
+from governor.model.requests import CAUSES, LANES, Outcome
 from governor.model.work import Work
 
 # Requests whose contents are removed in one transaction: overwritten contents pass through the WAL.
@@ -248,22 +245,6 @@ class Journal(Records):
         with self._database.writing() as connection:
             connection.execute(update(run).values(requests=count))
         return count
-
-    def resize(self, work_of: Callable[[Request], Work]) -> int:
-        """Re-estimate unended requests after a change of settings; `work_of` gets requests without bodies."""
-        self._running()
-        c = requests.c
-        count, last = 0, -1
-        while True:
-            query = select(requests).where(c.request > last, c.state.in_((PENDING, IN_FLIGHT))).order_by(c.request)
-            with self._database.writing() as connection:
-                rows = connection.execute(query.limit(INGEST_ROWS)).all()
-                for row in rows:
-                    sizes = work_row(work_of(request_of(row, None)))
-                    connection.execute(update(requests).where(c.request == row.request).values(sizes))
-            if not rows:
-                return count
-            count, last = count + len(rows), rows[-1].request
 
     def retry_failed(self, code: str = "") -> int:
         """Make failed requests (with that failure code, or all) pending again, as if never sent; return how many.

@@ -172,7 +172,6 @@ def promised(p: law.Params, s: law.State, reserve: float, standing: int, now: fl
     """The law's answer, which must also be the one between now and then, and at that moment "now"."""
     at, cause = law.admission(p, s, of_tokens(reserve), standing, now)
     assert at == law.admit_at(p, s, of_tokens(reserve), standing, now)
-    assert cause == law.blocked_by(p, s, of_tokens(reserve), standing, now)
     assert at >= now
     assert (cause == law.NOTHING) == (at == now)
     if now < at < math.inf:

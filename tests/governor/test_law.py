@@ -225,7 +225,7 @@ def test_finalize_lowers_the_cap_to_two_and_pre_empts_nobody() -> None:
         (35, 3),
     ]
     p, s = free(max_concurrency=3), law.State(in_flight=2, finalize_open=2)
-    assert law.blocked_by(p, s, of_tokens(1.0), law.FIRST, 0.0) == law.CONCURRENCY
+    assert law.admission(p, s, of_tokens(1.0), law.FIRST, 0.0)[1] == law.CONCURRENCY
     law.finalize_closed(p, s)
     assert law.permits(p, s) == 2
     law.finalize_closed(p, s)

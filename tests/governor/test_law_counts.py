@@ -23,7 +23,7 @@ from tests.governor.laws import INF, WINDOWS, Job, Launch, Pool, Reply, after, b
 def test_settling_books_real_use_where_the_reservation_stood(window: int) -> None:
     p, s = free(tpm=1_000, tpd=50_000, headroom=0.0, window=window, settles=1), law.State()
     law.launched(p, s, of_tokens(800.0), law.FIRST, 5.0, 0.5)
-    assert law.blocked_by(p, s, of_tokens(400.0), law.FIRST, 6.0) == law.BY_TPM
+    assert law.admission(p, s, of_tokens(400.0), law.FIRST, 6.0)[1] == law.BY_TPM
     law.settled(p, s, of_tokens(800.0), of_tokens(500.0), 5.0, 6.0)
     drained = 100 / 6 if window == BUCKET else 0.0
     assert law.used_in(p, s, TPM, 6.0) == pytest.approx(500.0 - drained)
@@ -276,7 +276,7 @@ def test_a_stated_wait_goes_before_a_count() -> None:
 def test_half_of_the_bucket_is_kept_until_an_answer_comes_with_or_without_a_count() -> None:
     p, s = synced_policy(), law.State()
     law.launched(p, s, of_tokens(15_000.0), law.FIRST, 0.0, 0.5)
-    assert law.blocked_by(p, s, of_tokens(1_000.0), law.FIRST, 0.0) == law.BY_TPM
+    assert law.admission(p, s, of_tokens(1_000.0), law.FIRST, 0.0)[1] == law.BY_TPM
     law.settled(p, s, of_tokens(15_000.0), of_tokens(15_000.0), 0.0, 0.0)
     assert law.admission(p, s, of_tokens(15_000.0), law.FIRST, 0.0) == (0.0, law.NOTHING)
 
@@ -289,8 +289,8 @@ def test_a_granted_limit_below_ours_scales_the_budget(window: int) -> None:
     assert s.scale[TPM] == pytest.approx(1 / 3)
     law.launched(p, s, of_tokens(5_000.0), law.FIRST, 0.0, 0.5)
     assert law.admission(p, s, of_tokens(3_500.0), law.FIRST, 0.0) == (0.0, law.NOTHING)
-    assert law.blocked_by(p, s, of_tokens(3_501.0), law.FIRST, 0.0) == law.BY_TPM
-    assert law.blocked_by(p, s, of_tokens(9_000.0), law.FIRST, 0.0) == law.CONCURRENCY
+    assert law.admission(p, s, of_tokens(3_501.0), law.FIRST, 0.0)[1] == law.BY_TPM
+    assert law.admission(p, s, of_tokens(9_000.0), law.FIRST, 0.0)[1] == law.CONCURRENCY
     # The limit comes back: so does the budget.
     for _ in range(2):
         says(p, s, 25_000.0, 1.0)

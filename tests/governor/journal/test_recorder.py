@@ -128,21 +128,6 @@ def test_no_chunk_is_sorted_or_found_by_reading_everything(path: Path) -> None:
     assert len([plan for plan in fresh if "SCAN requests" in plan]) == 2
 
 
-def test_a_request_is_estimated_anew_after_a_change_of_settings(path: Path) -> None:
-    with created(path, 5) as journal:
-        recorder = journal.begin({"default": FREE}, 0.0).recorders["default"]
-        for index in (0, 1):
-            recorder.launched(job(work(index)), 1.0)
-        ends(recorder, job(work(0)), answer(0), 2.0)
-        journal.finish(2.0, "stopped")
-        assert journal.resize(lambda request: Work(request, 9.0, 8.0, 7.0, 6, 5)) == 4
-        after = [each.work for each in journal.pending()]
-    assert [w.request for w in after] == [work(index).request for index in (1, 2, 3, 4)]
-    assert {(w.reserve, w.expected, w.finalize_reserve, w.charge, w.finalize_charge) for w in after} == {
-        (9, 8, 7, 6, 5)
-    }
-
-
 # ---------------------------------------------------------------- durable before it counts
 
 
