@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from queue import Empty, Queue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from governor.model.errors import BadInput
 from governor.model.policy import Policy
@@ -32,15 +32,7 @@ from governor.model.requests import URLS, Answer, Outcome
 from governor.model.work import Work
 from governor.provider.rate_limit_headers import fields_of, limits_of, processing_s
 from governor.provider.responses import EventStream, answer_of, unanswered
-from governor.provider.transport import package_of, work_of_request
-
-if TYPE_CHECKING:
-    from httpx2 import AsyncBaseTransport, BaseTransport
-
-    class _Transport(AsyncBaseTransport, BaseTransport):
-        """Return the class that the client accepts as a transport."""
-else:
-    _Transport = object
+from governor.provider.transport import WrappingTransport, package_of, work_of_request
 
 # The number of notes that may wait to be written; further ones are counted as dropped.
 NOTES_MAX = 10_000
@@ -214,7 +206,7 @@ def _answer_of(note: _Note, work: Work) -> Answer:
     return answer_of(response, raw, work, package)
 
 
-class ShadowTransport(_Transport):
+class ShadowTransport(WrappingTransport):
     """A transport around another that notes what passes, for either kind of client."""
 
     def __init__(self, inner: Any, log: ShadowLog) -> None:
@@ -240,28 +232,6 @@ class ShadowTransport(_Transport):
             self._failed(note, error)
             raise
         return self._followed(note, response)
-
-    async def aclose(self) -> None:
-        """Close the wrapped transport."""
-        await self.inner.aclose()
-
-    def close(self) -> None:
-        """Close the wrapped transport."""
-        self.inner.close()
-
-    async def __aenter__(self) -> Any:
-        await self.inner.__aenter__()
-        return self
-
-    async def __aexit__(self, *exception: Any) -> None:
-        await self.inner.__aexit__(*exception)
-
-    def __enter__(self) -> Any:
-        self.inner.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.inner.__exit__(*exception)
 
     def _noted(self, request: Any) -> _Note:
         # Do not touch a body that is still to be produced: its content then stays unknown.

@@ -91,7 +91,35 @@ _NOTHING_TO_DO = nullcontext()
 _UNFOLLOWED = _Unfollowed()
 
 
-class GovernedTransport(_Transport):
+class WrappingTransport(_Transport):
+    """A transport around another, which it opens and closes with itself."""
+
+    inner: Any
+
+    async def aclose(self) -> None:
+        """Close the wrapped transport."""
+        await self.inner.aclose()
+
+    def close(self) -> None:
+        """Close the wrapped transport."""
+        self.inner.close()
+
+    async def __aenter__(self) -> Self:
+        await self.inner.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        await self.inner.__aexit__(*exception)
+
+    def __enter__(self) -> Self:
+        self.inner.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.inner.__exit__(*exception)
+
+
+class GovernedTransport(WrappingTransport):
     """A transport around another, for either kind of client. Its calls wait until the governor admits them.
 
     `inner`: the transport that sends. `portal`: access to the governor (`portal_to`). `policy`: its charge rule
@@ -135,28 +163,6 @@ class GovernedTransport(_Transport):
         if _inside.get():
             return self.inner.handle_request(request)
         return at_once(self._exchange(request, _BlockingSteps(self.inner)))
-
-    async def aclose(self) -> None:
-        """Close the wrapped transport."""
-        await self.inner.aclose()
-
-    def close(self) -> None:
-        """Close the wrapped transport."""
-        self.inner.close()
-
-    async def __aenter__(self) -> Self:
-        await self.inner.__aenter__()
-        return self
-
-    async def __aexit__(self, *exception: Any) -> None:
-        await self.inner.__aexit__(*exception)
-
-    def __enter__(self) -> Self:
-        self.inner.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.inner.__exit__(*exception)
 
     # ------------------------------------------------------------ one exchange
 
