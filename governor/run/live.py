@@ -31,7 +31,7 @@ from governor.run.longwaits import FINISH_BY, STOP_AFTER, held_text, too_late, t
 from governor.run.pool_run import PoolCallbacks, PoolRun, RunOptions, learner_of, pool_run
 from governor.run.steer import Commands, Signals, answered
 from governor.run.via.group import GroupRun
-from governor.telemetry.metrics import Notice, notify
+from governor.telemetry.metrics import Notice
 from governor.telemetry.progress import Display, snapshot
 from governor.telemetry.watch import waiting_for
 
@@ -104,7 +104,7 @@ class Announcer:
         """Send a message to the webhook, if there is one."""
         if self.manner.hook:
             content = {"event": event, "text": f"paceline: {text}", "ended": self.ended_requests()}
-            self.notices.append(notify(self.manner.hook, {**content, "requests": self._requests}))
+            self.notices.append(Notice(self.manner.hook, {**content, "requests": self._requests}))
 
     def write_textfile(self) -> None:
         """Write the current metrics into the collector's textfile, if one is named. A failure does not stop the run."""

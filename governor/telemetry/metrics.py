@@ -366,9 +366,13 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 class Notice:
-    """A message on its way to a webhook. `wait` before the process ends; `error` is "" if it arrived."""
+    """An event (finished, late, stopped ...) on its way to a webhook as JSON, from a thread. Never raises or blocks.
 
-    def __init__(self, url: str, event: Mapping[str, Any], timeout_s: float) -> None:
+    `event`: plain values; the caller's choice, never a prompt or a key. `wait` before the process ends; `error` says
+    what went wrong, "" if it arrived.
+    """
+
+    def __init__(self, url: str, event: Mapping[str, Any], timeout_s: float = NOTIFY_S) -> None:
         self.error = "no answer in time"
         self.timeout_s = timeout_s
         # The path of a hook is its secret: only the host is ever named.
@@ -406,11 +410,3 @@ def checked_hook(url: str) -> str:
     if not good:
         raise BadSetting("--notify is not an address: write https://HOST/...", "--notify")
     return url
-
-
-def notify(url: str, event: Mapping[str, Any], timeout_s: float = NOTIFY_S) -> Notice:
-    """Post an event (finished, late, stopped ...) as JSON to a webhook, from a thread. Never raises, never blocks.
-
-    `event`: plain values; the caller's choice, never a prompt or a key. `Notice.error` says what went wrong.
-    """
-    return Notice(url, event, timeout_s)

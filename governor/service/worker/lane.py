@@ -92,13 +92,13 @@ class BatchReports(Observer):
         self._worker = worker
 
     def launched(self, job: Job, now: float) -> None:
-        self._worker.on_launched(job.index >> BATCH_BITS, job.index)
+        self._worker.present().on_launched(job.index >> BATCH_BITS, job.index)
 
     def attempted(self, attempt: Attempt, answer: Answer, failure: str) -> None:
-        self._worker.on_attempted(attempt.request >> BATCH_BITS, attempt)
+        self._worker.present().on_attempted(attempt.request >> BATCH_BITS, attempt)
 
     def ended(self, request: Request, failure: str, answer: Answer | None, now: float) -> None:
-        self._worker.on_ended(request.index >> BATCH_BITS, failure, request, answer)
+        self._worker.present().on_ended(request.index >> BATCH_BITS, failure, request, answer)
 
 
 class LaneSender(PoolSender):

@@ -21,7 +21,6 @@ from typing import Any
 from governor.journal.database import JournalError
 from governor.journal.recorder import Recorder
 from governor.model.errors import PacelineError
-from governor.model.requests import Answer, Attempt, Request
 from governor.run.via.wave_run import connect_batch_with
 from governor.service.config import ServiceConfig
 from governor.service.store.base import replica_name
@@ -111,7 +110,7 @@ class Worker:
         try:
             await self._join()
             await self._begin()
-            tasks |= {asyncio.create_task(lane.live(self._present().on_blocked)) for lane in self.lanes.values()}
+            tasks |= {asyncio.create_task(lane.live(self.present().on_blocked)) for lane in self.lanes.values()}
             tasks.add(asyncio.create_task(self._tick()))
             stopping = asyncio.create_task(self._stopping.wait())
             tasks.add(stopping)
@@ -151,7 +150,9 @@ class Worker:
                 start_s=self._since_s(),
                 metrics=self.metrics,
                 worker=self,
-                send=LaneSender(pool, config.environment, self._present_cap, self._lease_held),
+                send=LaneSender(
+                    pool, config.environment, lambda number: self.present().cap_of(number), self._lease_held
+                ),
             )
             if self.lanes[pool.name].governor.s.paused:
                 self.lanes[pool.name].governor.resume()  # an earlier life ended while the database was away
@@ -310,7 +311,7 @@ class Worker:
         for number, owner in await asyncio.to_thread(self.store.free_batches, self.replica):
             row = await asyncio.to_thread(self._patience, self._claimed, number, owner)
             if row is not None:
-                await self._present().adopt(row)
+                await self.present().adopt(row)
 
     def _claimed(self, number: int, owner: int) -> BatchRow | None:
         with self.store.database.writing() as c:
@@ -345,26 +346,10 @@ class Worker:
         await asyncio.to_thread(self.store.want, row.number, written, key)
         batch = self.batches.get(row.number)
         if batch is not None:
-            await self._present().obey(batch, wanted)
+            await self.present().obey(batch, wanted)
 
-    # ------------------------------------------------------------ reports of the lanes
-
-    def on_launched(self, number: int, index: int) -> None:
-        """A request of that batch is about to be sent."""
-        self._present().on_launched(number, index)
-
-    def on_attempted(self, number: int, attempt: Attempt) -> None:
-        """An attempt is over."""
-        self._present().on_attempted(number, attempt)
-
-    def on_ended(self, number: int, failure: str, request: Request, answer: Answer | None) -> None:
-        """A request is over."""
-        self._present().on_ended(number, failure, request, answer)
-
-    def _present_cap(self, number: int) -> int:
-        return self._present().cap_of(number)
-
-    def _present(self) -> Roster:
+    def present(self) -> Roster:
+        """Return the roster, to which the lanes report."""
         assert self.roster is not None, "a lane outlives its worker's life"
         return self.roster
 
@@ -376,7 +361,7 @@ class Worker:
         while True:
             await asyncio.sleep(_TICK_S * self.config.time_scale)
             ticks += 1
-            await self._present().estimate()
+            await self.present().estimate()
             self._tell()
             try:
                 await self._look_around(ticks)
@@ -402,7 +387,7 @@ class Worker:
         for number, each in wanted.items():
             mine = self.batches.get(number)
             if mine is not None:
-                await self._present().obey_elsewhere(mine, each)
+                await self.present().obey_elsewhere(mine, each)
         if lost:
             await self._claim()
         if await asyncio.to_thread(self.policies.refresh):

@@ -28,7 +28,7 @@ from governor.model.work import Job, Work
 from governor.profiles.loader import read_profile
 from governor.profiles.quotas import quota_of
 from governor.scheduler.driver import Governor
-from governor.telemetry.metrics import Metrics, PoolMetrics, checked_hook, notify
+from governor.telemetry.metrics import Metrics, Notice, PoolMetrics, checked_hook
 from tests.governor.costs import lines_run
 from tests.live import WAIT_S
 from tests.virtual_loop import run_virtual
@@ -351,7 +351,7 @@ def hook() -> Iterator[tuple[str, list[Any]]]:
 def test_a_notice_arrives_as_json(hook: tuple[str, list[Any]]) -> None:
     url, posts = hook
     event = {"event": "finished", "failed": 3, "makespan_s": 61.5, "journal": Path("a.db")}
-    notice = notify(f"{url}/services/T0/secret", event)
+    notice = Notice(f"{url}/services/T0/secret", event)
     assert notice.wait()
     assert notice.error == ""
     ((path, headers, body),) = posts
@@ -365,7 +365,7 @@ def test_a_refused_notice_says_so_to_whoever_waits_and_to_nobody_else(
     hook: tuple[str, list[Any]], caplog: pytest.LogCaptureFixture, path: str, error: str
 ) -> None:
     url, posts = hook
-    notice = notify(f"{url}/{path}/secret", {"event": "late"})
+    notice = Notice(f"{url}/{path}/secret", {"event": "late"})
     assert not notice.wait()
     assert notice.error == error
     assert len(posts) == 1, "sent once, and not on to where it points"
@@ -375,7 +375,7 @@ def test_a_refused_notice_says_so_to_whoever_waits_and_to_nobody_else(
 def test_a_slow_hook_keeps_nobody(hook: tuple[str, list[Any]]) -> None:
     """It answers when this test is over: neither the call nor the wait for it may last as long."""
     url, _ = hook
-    notice = notify(f"{url}/slow/secret", {"event": "stopped"}, timeout_s=0.2)
+    notice = Notice(f"{url}/slow/secret", {"event": "stopped"}, timeout_s=0.2)
     assert not notice.wait()
     assert notice.error
 
@@ -383,7 +383,7 @@ def test_a_slow_hook_keeps_nobody(hook: tuple[str, list[Any]]) -> None:
 def test_nobody_at_the_hook(caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        notice = notify(f"http://127.0.0.1:{taken.getsockname()[1]}/secret", {"event": "late"})
+        notice = Notice(f"http://127.0.0.1:{taken.getsockname()[1]}/secret", {"event": "late"})
         assert not notice.wait()
     assert notice.error == "ConnectionRefusedError"
     assert "secret" not in caplog.text
